@@ -474,12 +474,15 @@ class Run:
         return f"<Run {self.id[:8]} {self.summary()}>"
 
     def to_dict(self) -> dict[str, Any]:
-        """The run as JSON: the answer of ``POST .../execute`` (request_id, workflow_id, status, result, error, ...)."""
+        """The run as JSON, with the six keys of the SDK's answer to ``POST .../execute``.
+
+        ``result`` has the outputs of the last nodes, by node: what a caller asked for, and not the tables on the way.
+        """
         return {
             "request_id": self.id,
             "workflow_id": self.workflow,
             "status": str(self.status),
-            "result": values.to_json(self.result) if self.success else None,
+            "result": values.to_json({n: self.nodes[n].outputs for n in self.last}) if self.success else None,
             "error": str(self.error) if self.error else None,
             "execution_time": round(self.execution_time, 6),
         }

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import graphlib
 import hashlib
+import heapq
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, Self
@@ -384,6 +386,7 @@ class NodeDraft:
         policies: outermost first.
         resources: the resources it declares.
         description: one line for people.
+        signature: a function's parameter names; they tell what it depends on even where it does not compile.
     """
 
     name: str
@@ -392,6 +395,7 @@ class NodeDraft:
     policies: tuple[Policy, ...] = ()
     resources: tuple[str, ...] = ()
     description: str | None = None
+    signature: tuple[str, ...] = ()
 
     @classmethod
     def block(
@@ -413,7 +417,16 @@ class NodeDraft:
     @classmethod
     def function(cls, name: str, function: Callable[..., Any], **rest: Any) -> Self:
         """A function; what it uses is captured when it is compiled."""
-        return cls(name, lambda _: compiler.compile_function(function, name=name), **rest)
+        signature = tuple(inspect.signature(function).parameters) if inspect.isfunction(function) else ()
+        return cls(name, lambda _: compiler.compile_function(function, name=name), signature=signature, **rest)
+
+    def asks(self) -> tuple[str, ...]:
+        """The names it asks for without a connection."""
+        names = self.signature
+        if not names:
+            with contextlib.suppress(CompileError):  # reported, with everything else, when it is assembled
+                names = tuple(p.name for p in self.compile(self.connections).parameters)
+        return tuple(name for name in names if name not in self.connections)
 
 
 def assemble(
@@ -480,8 +493,7 @@ def upstream_of(last: Iterable[str], drafts: Mapping[str, NodeDraft]) -> list[No
         wanted.add(name)
         draft = drafts[name]
         asked = [c.partition(".")[0] for c in draft.connections.values()]
-        with contextlib.suppress(CompileError):  # reported, with everything else, when the workflow is assembled
-            asked += [p.name for p in draft.compile(draft.connections).parameters if p.name not in draft.connections]
+        asked += draft.asks()
         waiting += [a for a in asked if a in drafts and a != name]
     return [draft for name, draft in drafts.items() if name in wanted]
 
@@ -559,13 +571,23 @@ def _type_name(hint: Any) -> str:
 
 def _ordered(nodes: Iterable[Node], workflow: str) -> tuple[Node, ...]:
     """The nodes with every one after its upstream, otherwise as written; a cycle is a WorkflowDefinitionError."""
-    by_name = {n.name: n for n in nodes}
-    sorter = graphlib.TopologicalSorter({n.name: n.upstream for n in by_name.values()})
+    nodes = list(nodes)
+    number = {n.name: i for i, n in enumerate(nodes)}
+    sorter = graphlib.TopologicalSorter({i: [number[u] for u in n.upstream] for i, n in enumerate(nodes)})
     try:
-        return tuple(by_name[name] for name in sorter.static_order())
+        sorter.prepare()
     except graphlib.CycleError as error:
-        path = " -> ".join(reversed(error.args[1]))
+        path = " -> ".join(nodes[i].name for i in reversed(error.args[1]))
         raise WorkflowDefinitionError(workflow, [f"its nodes depend on each other in a circle: {path}"]) from None
+    ready, ordered = list(sorter.get_ready()), []
+    heapq.heapify(ready)
+    while ready:
+        i = heapq.heappop(ready)
+        ordered.append(nodes[i])
+        sorter.done(i)
+        for following in sorter.get_ready():
+            heapq.heappush(ready, following)
+    return tuple(ordered)
 
 
 # ------------------------------------------------------------------------------------------------------------ builder
@@ -688,4 +710,4 @@ class AsyncWorkflowBuilder:
 
 
 def _connected(draft: NodeDraft, connections: Mapping[str, str]) -> NodeDraft:
-    return NodeDraft(draft.name, draft.compile, connections, draft.policies, draft.resources, draft.description)
+    return replace(draft, connections=connections)

@@ -147,7 +147,10 @@ def test_an_empty_frame_has_no_rows():
     [
         ([{"a": 1}] * 4912, "4,912 rows"),
         ([1], "1 item"),
-        ({"loaded": 3, "rows": [{"a": 1}]}, "loaded 3, rows 1 row"),
+        ({"loaded": 3000, "rows": [{"a": 1}]}, "loaded 3,000, rows 1 row"),
+        ({str(n): n for n in range(90)}, "90 keys"),
+        ({"day": {"EUR": 1.0}}, "1 key"),
+        (dt.date(2026, 3, 1), "2026-03-01"),
         ("x" * 100, "'" + "x" * 38 + "…"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import values
 from .core import Core
 from .resources.registry import CheckResult
-from .runs import Observer, Run, RunStatus, WorkflowRequest
+from .runs import Event, Observer, Run, RunStatus, WorkflowRequest
 from .workflow import Node, Workflow
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class Frontend(Protocol):
     def debug(self, session: Debug) -> None:
         """Put a failed node's inputs and source in front of the user."""
 
-    def foreground(self) -> AbstractContextManager[None]:
-        """Entered around a run that the user awaits, so that the stop button ends it at once."""
+    def foreground(self, pending: PendingRun) -> AbstractContextManager[None]:
+        """Entered around a run that the user awaits: the stop button ends it at once, and its progress shows."""
 
 
 frontend: Frontend | None = None
@@ -114,20 +114,24 @@ class PendingRun(Awaitable[Run]):
     def __init__(self, name: str, start: Callable[[Observer | None], Awaitable[Run]]) -> None:
         self.name = name
         self._start = start
-        self._observer: Observer | None = None
+        self._observers: list[Observer] = []
 
     def observe(self, observer: Observer) -> PendingRun:
-        """Have each event told to ``observer`` as it happens; returns itself."""
-        self._observer = observer
+        """Have each event told to ``observer``, too, as it happens; returns itself."""
+        self._observers.append(observer)
         return self
 
     def __await__(self) -> Generator[Any, None, Run]:
         return self._run().__await__()
 
     async def _run(self) -> Run:
-        with frontend.foreground() if frontend is not None else nullcontext():
-            run = await self._start(self._observer)
+        with frontend.foreground(self) if frontend is not None else nullcontext():
+            run = await self._start(self._tell if self._observers else None)
         return run.raise_for_status()
+
+    def _tell(self, event: Event) -> None:
+        for observer in self._observers:
+            observer(event)
 
     def __repr__(self) -> str:
         return f"<{self.name} has not started: add `await` in front of it>"

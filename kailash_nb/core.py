@@ -25,6 +25,7 @@ from .exceptions import (
     ResourceNotFoundError,
     SecretBindingError,
     SecretError,
+    SecretNotFoundError,
     StoreError,
     WorkflowError,
     WorkflowNotFoundError,
@@ -188,7 +189,8 @@ class Core:
                     )
                 found[name] = self.resources.reference(name)
         for name, reference in found.items():
-            self._check_secret(name, reference, principal)
+            foreign = principal.via == "http" and isinstance(given.get(name), ResourceReference)
+            self._check_foreign_secret(name, reference) if foreign else self._check_secret(name, reference, principal)
         return found
 
     def _check_secret(self, name: str, reference: ResourceReference, principal: Principal) -> None:
@@ -202,21 +204,32 @@ class Core:
             )
         if principal.via == "kernel":
             self._bind(reference)
-        elif (use := self.resources.use(reference)) is not None:
-            try:
-                self.secrets.check_use(secret, Binding(use.type, use.endpoint, use.tls))
-            except SecretBindingError as error:
-                raise ResourceCredentialsError(str(error)) from None
+        elif (binding := self._binding(reference)) is not None:
+            self._allowed(secret, binding, name)
+
+    def _check_foreign_secret(self, name: str, reference: ResourceReference) -> None:
+        """Of a reference that a caller wrote, who learns nothing of which secrets there are and what they are for."""
+        secret, binding = reference.credentials_ref, self._binding(reference)
+        if secret is not None and binding is not None:
+            self._allowed(secret, binding, name)
+
+    def _allowed(self, secret: str, binding: Binding, resource: str) -> None:
+        try:
+            self.secrets.check_use(secret, binding)
+        except (SecretBindingError, SecretNotFoundError):
+            raise ResourceCredentialsError(
+                f"resource {resource!r}: its credentials may not be used there; name a registered resource, as '@name'"
+            ) from None
+
+    def _binding(self, reference: ResourceReference) -> Binding | None:
+        use = self.resources.use(reference)
+        return None if use is None else Binding(use.type, use.endpoint, use.tls)
 
     def _bind(self, reference: ResourceReference) -> None:
         """Bind a secret to what the owner uses it for, so that nobody else can send it elsewhere."""
-        use, secret = self.resources.use(reference), reference.credentials_ref
-        if (
-            use is not None
-            and secret is not None
-            and self.secrets.bind(secret, Binding(use.type, use.endpoint, use.tls))
-        ):
-            self.say(f"secret {secret!r} is now bound to {use.type} {use.endpoint} (TLS {use.tls})")
+        binding, secret = self._binding(reference), reference.credentials_ref
+        if binding is not None and secret is not None and self.secrets.bind(secret, binding):
+            self.say(f"secret {secret!r} is now bound to {binding.type} {binding.endpoint} (TLS {binding.tls})")
 
     def _credentials(self, reference: ResourceReference) -> Credentials | None:
         name = reference.credentials_ref

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 
 import asyncpg
 import pytest
-from kailash_nb.resources.registry import ResourceRegistry
 
 from kailash_nb.core import Core, Principal
 from kailash_nb.exceptions import (
@@ -19,6 +18,7 @@ from kailash_nb.exceptions import (
     WorkflowNotFoundError,
 )
 from kailash_nb.references import ResourceReference
+from kailash_nb.resources.registry import ResourceRegistry
 from kailash_nb.runs import RunStatus, WorkflowRequest
 from kailash_nb.secrets.manager import SecretManager
 from kailash_nb.store.memory import MemoryStore
@@ -31,7 +31,9 @@ CANARY = "canary-4711-password"
 @pytest.fixture
 async def core(tmp_path):
     said = []
-    core = Core(ResourceRegistry(), SecretManager(tmp_path / "secrets.db"), MemoryStore(), say=said.append)
+    core = Core(
+        ResourceRegistry(), SecretManager(tmp_path / "secrets.db", key=bytes(32)), MemoryStore(), say=said.append
+    )
     core.said = said
     yield core
     await core.close()
@@ -216,9 +218,15 @@ async def test_a_caller_uses_a_secret_only_for_what_it_is_bound_to(core, databas
     core.register("ask", workflow(("ask", ASK)))
     run = await core.execute("ask", WorkflowRequest({"sql": "select 1"}), principal=CALLER)
     assert run.success
-    elsewhere = ResourceReference("database", {**config, "host": "127.0.0.2"}, "login")
-    with pytest.raises(ResourceCredentialsError):
-        await core.execute("ask", WorkflowRequest({"sql": "select 1"}, {"db": elsewhere}), principal=CALLER)
+    bound = ResourceReference("database", {**config, "application_name": "ana"}, "login")
+    assert (await core.execute("ask", WorkflowRequest({"sql": "select 1"}, {"db": bound}), principal=CALLER)).success
+    answers = set()
+    for host, secret in (("127.0.0.2", "login"), ("127.0.0.2", "no_such_secret"), (config["host"], "no_such_secret")):
+        elsewhere = ResourceReference("database", {**config, "host": host}, secret)
+        with pytest.raises(ResourceCredentialsError) as caught:
+            await core.execute("ask", WorkflowRequest({"sql": "select 1"}, {"db": elsewhere}), principal=CALLER)
+        answers.add(str(caught.value))
+    assert len(answers) == 1  # a caller does not learn which secrets there are
 
 
 async def test_a_new_version_leaves_runs_under_way_alone_and_the_same_content_is_none(core):

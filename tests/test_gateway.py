@@ -16,7 +16,7 @@ from kailash_nb.workflow import AsyncWorkflowBuilder, RetryPolicy
 
 @pytest.fixture
 async def secrets(tmp_path):
-    manager = SecretManager(tmp_path / "secrets.db")
+    manager = SecretManager(tmp_path / "secrets.db", key=bytes(32))
     yield manager
     await manager.close()
 

@@ -309,11 +309,9 @@ async def test_a_folder_that_cannot_be_made_is_a_clear_error_for_every_way_in(tm
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-def test_a_folder_of_somebody_elses_is_a_clear_error(tmp_path):
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+def test_a_folder_of_somebody_elses_is_a_clear_error(open_folder):
     script = "os.setgroups([]); os.setgid(65534); os.setuid(65534)\ntry: file.open()\nexcept Exception as e: print(e)"
-    assert "Permission denied" in finished(start(script, tmp_path / "notes.db"))
+    assert "Permission denied" in finished(start(script, open_folder / "notes.db"))
 
 
 async def test_a_full_disk_fails_the_write_and_the_next_works(path, opened):
@@ -331,6 +329,19 @@ async def test_a_full_disk_fails_the_write_and_the_next_works(path, opened):
     with pytest.raises(StoreError, match="full"):
         await file.write(too_much)
     assert await file.write(add("after")) == 1 and file.read(texts) == ["after", "before"]
+
+
+async def test_a_write_that_undoes_the_whole_transaction_fails_its_batch_and_the_next_works(path, opened):
+    file = opened(path)
+    await file.write(add("taken"))
+    all_or_nothing = "insert or rollback into note (text) values ('taken')"
+    results = await asyncio.gather(
+        file.write(add("a")), file.write(lambda c: c.execute(all_or_nothing)), return_exceptions=True
+    )
+    assert isinstance(results[1], StoreError) and "UNIQUE" in str(results[1])
+    kept = file.read(texts)
+    assert ("a" in kept) == (results[0] == 1) and set(kept) <= {"a", "taken"}
+    assert await file.write(add("b")) == 1
 
 
 def test_closing_finishes_what_waits_ends_the_thread_and_the_next_use_opens_again(path, opened):

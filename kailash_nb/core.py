@@ -152,7 +152,7 @@ class Core:
         description = description if description is not None else workflow.description
         with self._lock:
             known = self._workflows.get(name)
-            if known and (known.workflow.hash, known.resources) == (workflow.hash, resources):
+            if known and known.workflow.hash == workflow.hash and set(known.resources) == set(resources):
                 return known
             number = known.number + 1 if known else 1
             registered = Registered(name, workflow, number, resources, description, Plan(workflow))

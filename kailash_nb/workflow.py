@@ -238,8 +238,10 @@ class Workflow:
 
     @cached_property
     def hash(self) -> str:
-        """The content hash: equal for equal definitions, and what a version is named by."""
-        return _digest(self.to_dict())
+        """The content hash: equal for equal definitions, in whatever order they were written; names a version."""
+        data = self.to_dict()
+        data["nodes"].sort(key=lambda node: node["name"])
+        return _digest(data)
 
     @cached_property
     def by_name(self) -> Mapping[str, Node]:

@@ -110,7 +110,7 @@ class Core:
         self.say = say
         self.place = place
         self.owner = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._gateway = gateway
+        self.gateway = gateway
         self._workflows: dict[str, Registered] = {}
         self._versions: dict[str, Workflow] = {}
         self._lock = threading.Lock()  # held for microseconds, never across an await
@@ -338,7 +338,7 @@ class Core:
         return [self._view(record) for record in await self.store.list(workflow, status, limit)]
 
     def _view(self, record: RunRecord) -> Run:
-        return Run.of(record, self._gateway)
+        return Run.of(record, self.gateway)
 
     # ------------------------------------------------------------------------------------------------------------ end
 

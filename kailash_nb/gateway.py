@@ -194,9 +194,11 @@ class Gateway:
         return self._assemble(name, _Definition(names, description))
 
     def _node_name(self, item: Callable[..., Any] | str) -> str:
+        shown = getattr(item, "__name__", repr(item))
         found = item if isinstance(item, str) else self._node_names.get(item)
+        if found is None and shown in self._nodes:  # defined by a cell, which may have run again since
+            found = shown
         if found is None:
-            shown = getattr(item, "__name__", repr(item))
             raise WorkflowError(f"{shown!r} is not a node of this gateway; put @gateway.node above it")
         return found
 
@@ -286,7 +288,7 @@ class Gateway:
 
     def resume(self, run: Run) -> PendingRun:
         """Run again from where a run stopped, with the workflow as it is now; see :meth:`Run.resume`."""
-        return PendingRun(f"resume of {run.workflow}", lambda observer: self.core.resume(run, observer=observer))
+        return PendingRun(run.workflow, self.core, lambda observer: self.core.resume(run, observer=observer))
 
     # ---------------------------------------------------------------------------------------------------------- server
 

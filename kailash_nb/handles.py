@@ -102,17 +102,26 @@ class WorkflowHandle:
     def __call__(self, **parameters: Any) -> PendingRun:
         """A run with these parameters, which starts when it is awaited; raises NodeError with ``.run`` if it fails."""
         request = WorkflowRequest(parameters)
-        return PendingRun(self.name, lambda observer: self.core.execute(self.name, request, observer=observer))
+        execute = self.core.execute
+        return PendingRun(self.name, self.core, lambda observer: execute(self.name, request, observer=observer))
 
     def __repr__(self) -> str:
         return f"{self.name} v{self.number}\n{self.workflow.wiring()}"
 
 
 class PendingRun(Awaitable[Run]):
-    """A run that starts when it is awaited, and gives its Run, or raises NodeError carrying it."""
+    """A run that starts when it is awaited, and gives its Run, or raises NodeError carrying it.
 
-    def __init__(self, name: str, start: Callable[[Observer | None], Awaitable[Run]]) -> None:
+    Args:
+        name: what people call it.
+        core: whose workflow of that name it runs.
+        start: begins it, with an observer or None.
+    """
+
+    def __init__(self, name: str, core: Core, start: Callable[[Observer | None], Awaitable[Run]]) -> None:
         self.name = name
+        self.workflow = core.workflow(name).workflow
+        self.gateway = core.gateway
         self._start = start
         self._observers: list[Observer] = []
 

@@ -72,13 +72,13 @@ class WorkflowRequest:
     inputs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("parameters", "resources", "context", "inputs"):
+            if not isinstance(getattr(self, name), Mapping) and not (name == "inputs" and self.inputs is None):
+                raise WorkflowError(f"a request's {name!r} is an object of names and values")
         if self.inputs is not None:
             if self.parameters and dict(self.parameters) != dict(self.inputs):
                 raise WorkflowError("`inputs` is another spelling of `parameters`; give one of them")
             object.__setattr__(self, "parameters", self.inputs)
-        for name in ("parameters", "resources", "context"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise WorkflowError(f"a request's {name!r} is an object of names and values")
         object.__setattr__(self, "resources", {k: _resource(v) for k, v in self.resources.items()})
 
     @classmethod
@@ -466,7 +466,9 @@ class Run:
             kept = " Inputs are kept: run.debug()" if self.error.inputs else ""
             return f"{self.error}{'' if not kept or str(self.error).endswith('.') else '.'}{kept}"
         shown = {RunStatus.COMPLETED: "ok", RunStatus.RUNNING: "running", RunStatus.CANCELLED: "cancelled"}
-        last = [f"{n} {values.describe(self[n])}" for n in self.last if self.nodes[n].status in DONE]
+        done = [n for n in self.last if self.nodes[n].status in DONE]
+        last = [f"{n} {values.describe(self[n])}" for n in done[:3]]
+        last += [f"and {len(done) - 3} more"] if len(done) > 3 else []
         facts = ", ".join([f"{shown.get(self.status, self.status)} {seconds(self.execution_time)}", *last])
         return f"{self.workflow} {facts}"
 

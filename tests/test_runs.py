@@ -168,6 +168,8 @@ def test_a_request_comes_from_json_and_goes_back():
     [
         ({"paramters": {}}, WorkflowError, "did you mean 'parameters'"),
         ({"parameters": [1]}, WorkflowError, "'parameters' is an object"),
+        ({"parameters": True, "inputs": {}}, WorkflowError, "'parameters' is an object"),
+        ({"inputs": [1]}, WorkflowError, "'inputs' is an object"),
         ([], WorkflowError, "a request is an object"),
         ({"resources": {"db": {"typ": "x"}}}, ResourceConfigError, "did you mean 'type'"),
     ],

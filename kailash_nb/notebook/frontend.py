@@ -80,20 +80,21 @@ class Notebook:
 
     def debug(self, session: Debug) -> None:
         """Make a failed node's inputs variables, and its source the next cell."""
-        said = [self._bind(name, value) for name, value in session.inputs.items()]
+        kept = [old for name, value in session.inputs.items() if (old := self._bind(name, value))]
         self.shell.set_next_input(f"%%node {session.node.name}\n{session.source}")
-        variables = f"variables: {', '.join(said)}; " if said else ""
+        before = f" (what they were before: {', '.join(kept)})" if kept else ""
+        variables = f"variables: {', '.join(session.inputs)}{before}; " if session.inputs else ""
         self.say(f"{variables}the next cell holds the source of {session.node.name!r}")
 
-    def _bind(self, name: str, value: Any) -> str:
-        """Put a value into the user's namespace; one of the same name that it replaces is kept beside it."""
+    def _bind(self, name: str, value: Any) -> str | None:
+        """Put a value into the user's namespace; returns the name under which the one it replaces is kept, if any."""
         space = self.shell.user_ns
         if name not in space or _same(space[name], value):
             space[name] = value
-            return name
+            return None
         kept = next(n for i in range(len(space) + 1) if (n := f"{name}_before{i + 1 if i else ''}") not in space)
         space[kept], space[name] = space[name], value
-        return f"{name} (the one you had is now {kept})"
+        return kept
 
     def stoppable(self) -> AbstractContextManager[None]:
         """Around whatever else a cell awaits: the stop button ends it at once."""
@@ -105,10 +106,7 @@ class Notebook:
         if not self._cells.active:
             yield
             return
-        name = pending.name.removeprefix("resume of ")
-        gateway = next((g for g in [self.gateway, *gateways.made().values()] if name in g.core.workflows), None)
-        workflow = gateway.core.workflow(name).workflow if gateway is not None else None
-        progress = Progress(name, workflow, self._publisher(), gateway)
+        progress = Progress(pending.name, pending.workflow, self._publisher(), pending.gateway)
         pending.observe(progress)
         try:
             with self._cells.guard(progress.interrupted):

@@ -27,7 +27,7 @@ def test_a_failed_run_is_named_run_debugged_mended_and_resumed(broken: Kernel) -
     assert "extracting" in broken.run("await broken()").text
 
     opened = broken.ok("session = run.debug()")
-    assert "rows (the one you had is now rows_before)" in opened.text
+    assert "variables: rows (what they were before: rows_before)" in opened.text
     assert broken.ok("rows, rows_before").value["text/plain"] == "([{'id': 1}, {'id': 2}], 'mine')"
     assert opened.next_input.startswith("%%node total\n") and 'row["amount"]' in opened.next_input
 

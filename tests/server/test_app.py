@@ -216,7 +216,7 @@ def test_a_large_result_is_spelled_in_a_thread_so_that_others_need_not_wait(clie
             },
             409,
             "resource-credentials",
-            "secret 'shop_login', which is not stored",
+            "its credentials may not be used there",
         ),
     ],
 )

@@ -356,6 +356,20 @@ def test_stopping_frees_the_port_at_once_and_ends_the_thread(gateway):
             httpx.get(server.url + "/health/live")
 
 
+def test_the_file_is_gone_before_the_port_may_be_taken_by_another(server, runtime_folder, monkeypatch):
+    async def shutdown(self, sockets=None):
+        left.append(list(runtime_folder.iterdir()))
+        await original(self, sockets)
+
+    left: list[list] = []
+    original = background._Uvicorn.shutdown
+    monkeypatch.setattr(background._Uvicorn, "shutdown", shutdown)
+
+    server.stop()
+
+    assert left == [[]]
+
+
 def test_an_open_connection_does_not_keep_it_from_stopping(server):
     with httpx.Client(base_url=server.url) as client:
         client.get("/health/live")

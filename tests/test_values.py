@@ -177,3 +177,6 @@ def test_declared_types_refuse_what_does_not_fit(value, hint):
 def test_sizes_are_about_right_and_cheap():
     assert 7_000_000 < values.size_of(pd.DataFrame({"a": np.zeros(1_000_000)})) < 9_000_000
     assert 20_000_000 < values.size_of([{"a": 1, "b": "x"}] * 200_000) < 80_000_000
+    endless = {"rows": []}
+    endless["rows"].append(endless)
+    assert values.size_of(endless) < 10_000

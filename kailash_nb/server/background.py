@@ -124,8 +124,8 @@ class Server:
         words = ["curl", "-sS"]
         if _goes_through_a_proxy(self.url):
             words += ["--noproxy", "*"]
-        words += ["-H", f"@{self._header}", "-H", "Content-Type: application/json", "-d", body]
-        return shlex.join([*words, f"{self.url}/api/v1/workflows/{name}/execute"])
+        rest = ["-H", "Content-Type: application/json", "-d", body, f"{self.url}/api/v1/workflows/{name}/execute"]
+        return f"{shlex.join(words)} -H {_in_shell(self._header)} {shlex.join(rest)}"
 
     def wait(self) -> None:
         """Block until the server has stopped."""
@@ -291,6 +291,15 @@ def _bound(address: str, port: int) -> socket.socket:
             "choose another port, or 0 for a free one"
         ) from None
     return listener
+
+
+def _in_shell(header: Path) -> str:
+    """``@file`` for a shell; the home folder by its variable, since the line may be saved and shown to others."""
+    try:
+        inside = header.relative_to(Path.home()).as_posix()
+    except (ValueError, RuntimeError):
+        return shlex.quote(f"@{header}")
+    return f'"@$HOME/{inside}"' if shlex.quote(inside) == inside else shlex.quote(f"@{header}")
 
 
 def _runtime_folder() -> Path:

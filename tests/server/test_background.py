@@ -287,6 +287,20 @@ def test_without_a_runtime_folder_the_file_is_kept_with_the_users_state(gateway,
             server.stop()
 
 
+def test_the_line_names_the_home_folder_by_its_variable_and_works(gateway, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    server = serve(gateway.core, title="door")
+    try:
+        line = server.curl("sum", {"a": 1})
+        assert '-H "@$HOME/.local/state/kailash_nb/server-' in line
+        assert str(tmp_path) not in line
+        assert run_line(line)["status"] == "completed"
+    finally:
+        server.stop()
+
+
 def test_a_folder_that_cannot_be_written_is_named(gateway, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.delenv("XDG_RUNTIME_DIR")

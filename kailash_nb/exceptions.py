@@ -8,6 +8,7 @@
     │   ├── WorkflowDefinitionError      every problem of the definition at once: ``.problems``
     │   └── ParameterError               a request's parameters do not fit; nothing was started
     ├── NodeError                        a run failed: ``.node``, ``.run``
+    ├── NodeNotFoundError                a run has no value of this name (also a KeyError)
     ├── NodeTimeoutError                 a node's attempt took longer than its timeout (also a TimeoutError)
     ├── ResourceError
     │   ├── ResourceNotFoundError        no such name or type
@@ -93,6 +94,12 @@ class NodeError(KailashError):
         super().__init__(message)
         self.node = node
         self.run = run
+
+
+class NodeNotFoundError(KailashError, KeyError):
+    """A run has no node, no output or no value of this name."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message in quotes
 
 
 class NodeTimeoutError(KailashError, TimeoutError):

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import CoroutineType, TracebackType
 from typing import Any, Self
 
 from .compiler import MISSING
@@ -296,6 +296,9 @@ async def _attempt(run: _NodeRun) -> Any:
             value = await _call(run, {**keywords, **given})
     if value is MISSING:
         raise WorkflowError(f"node {code.name!r} ended without setting `result`; set it on every path")
+    if type(value) is CoroutineType:
+        value.close()
+        raise WorkflowError(f"node {code.name!r} returned a call that nobody awaited: add `await` in front of it")
     return value
 
 

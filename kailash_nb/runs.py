@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import values
-from .exceptions import NodeError, WorkflowError, did_you_mean, listed
+from .exceptions import NodeError, NodeNotFoundError, WorkflowError, did_you_mean, listed
 from .references import ResourceReference
 
 if TYPE_CHECKING:
@@ -349,14 +349,14 @@ class Run:
     # --------------------------------------------------------------------------------------------------------- values
 
     def __getitem__(self, node: str) -> Any:
-        """The value a node returned; KeyError says which nodes have one."""
+        """The value a node returned; NodeNotFoundError (a KeyError) names those there are."""
         found = self.nodes.get(node)
         if found is None:
-            raise KeyError(
+            raise NodeNotFoundError(
                 f"run of {self.workflow!r} has no node {node!r}{did_you_mean(node, self.nodes)}: {listed(self.nodes)}"
             )
         if found.status not in DONE:
-            raise KeyError(f"node {node!r} has no value in this run: it is {found.status}")
+            raise NodeNotFoundError(f"node {node!r} has no value in this run: it is {found.status}")
         return found.value
 
     @property
@@ -383,7 +383,7 @@ class Run:
     def frame(self, node: str | None = None) -> pd.DataFrame:
         """A node's value as a DataFrame; without a name, that of the last node that has a table (else the last one).
 
-        Raises KeyError for an unknown or unfinished node.
+        Raises NodeNotFoundError for an unknown or unfinished node.
         """
         return values.to_frame(self[node if node is not None else self._table_node()])
 
@@ -395,7 +395,7 @@ class Run:
     def _table_node(self) -> str:
         done = [name for name, node in self.nodes.items() if node.status in DONE]
         if not done:
-            raise KeyError(f"no node of this run has a value: it is {self.status}")
+            raise NodeNotFoundError(f"no node of this run has a value: it is {self.status}")
         tables = [
             n for n in done if values.is_table(self[n]) or any(map(values.is_table, outputs_of(self[n]).values()))
         ]
@@ -502,7 +502,7 @@ class Frames(Mapping[str, "pd.DataFrame"]):
         node, _, output = key.rpartition(".")
         outputs = outputs_of(self._run[node]) if node in self._run.nodes else {}
         if output not in outputs:
-            raise KeyError(f"no output {key!r}{did_you_mean(key, self)}: {listed(self)}")
+            raise NodeNotFoundError(f"no output {key!r}{did_you_mean(key, self)}: {listed(self)}")
         return values.to_frame(outputs[output])
 
     def __iter__(self) -> Iterator[str]:

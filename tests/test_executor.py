@@ -347,6 +347,7 @@ async def test_an_undeclared_resource_is_refused_with_the_declared_ones(recorder
     [
         ("if parameters.get('x'):\n    result = {}", "ended without setting `result`"),
         ("result = {}\nraise SystemExit(3)", "3"),
+        ("result = asyncio.sleep(0)", "add `await` in front of it"),
         ("raise asyncio.CancelledError('inner')\nresult = {}", "inner"),
     ],
 )

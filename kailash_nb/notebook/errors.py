@@ -100,8 +100,14 @@ def _frame(shell: Any, entry: TracebackType) -> str:
         if source or number <= line:
             arrow = "-" * (5 - len(str(number))) + "> "
             label = f"{arrow if number == line else '':>{7 - len(str(number))}}{number} "
-            lines.append(_coloured(shell, label, 32) + str(shell.pycolorize(source)).rstrip())
+            lines.append(_coloured(shell, label, 32) + _code(shell, source))
     return "\n".join(lines)
+
+
+def _code(shell: Any, line: str) -> str:
+    """A line of source in colours; plain where it cannot stand alone (it opens a string that a later one closes)."""
+    coloured = str(shell.pycolorize(line)).rstrip()
+    return line if "*** ERROR" in coloured and "*** ERROR" not in line else coloured
 
 
 def _is_ours(entry: TracebackType) -> bool:
@@ -114,4 +120,5 @@ def _is_authors(entry: TracebackType, shell: Any) -> bool:
         # A magic's own line says nothing that the message does not, and may hold what no output should repeat.
         magic = "kailash_nb_cell" in entry.tb_frame.f_code.co_names
         return not magic and not _MAGIC.match(linecache.getline(name, entry.tb_lineno))
-    return not name.startswith((_OURS, *_LIBRARIES, "<frozen"))
+    # A relative name is a compiled library's, whose source is not here; a node without a cell has a name in brackets.
+    return (Path(name).is_absolute() or name.startswith("<node ")) and not name.startswith((_OURS, *_LIBRARIES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernels import Kernel
+from services import Services
 
 BROKEN = """%%workflow broken
 
@@ -86,3 +87,22 @@ def test_unloading_gives_tracebacks_back_to_ipython(notebook: Kernel) -> None:
         assert "Traceback (most recent call last)" in cell.error
     finally:
         notebook.ok("%load_ext kailash_nb")
+
+
+def test_the_frames_of_a_driver_compiled_elsewhere_are_not_shown_and_open_strings_are_no_noise(
+    notebook: Kernel, services: Services
+) -> None:
+    notebook.ok(
+        f"import os\nos.environ['KAILASH_NB_SERVICES'] = {str(services.folder)!r}\n"
+        "from kailash_nb import ResourceReference\n"
+        'gateway.register_resource("shop_db", ResourceReference("database", {"embedded": True}))'
+    )
+    notebook.ok(
+        '%%workflow asking\nasync def ask(shop_db):\n    return await shop_db.fetch("""\n  select nothing\n""")'
+    )
+
+    cell = notebook.run("await asking()")
+
+    assert '----> 3     return await shop_db.fetch("""' in cell.error
+    assert "pyx" not in cell.error and "*** ERROR" not in cell.error
+    assert 'UndefinedColumnError: column "nothing" does not exist' in cell.error.splitlines()[-1]

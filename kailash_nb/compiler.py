@@ -22,7 +22,6 @@ import dis
 import hashlib
 import inspect
 import linecache
-import re
 import sys
 import types
 import typing
@@ -46,7 +45,7 @@ MISSING: Any = type("Missing", (), {"__repr__": lambda _: "<result was not set>"
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 _LOADS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _FLAGS = __future__.annotations.compiler_flag
-_BUILTINS = frozenset(dir(builtins))
+_BUILTINS = frozenset(dir(builtins)) - {"display", "get_ipython"}  # those that IPython adds are not everywhere
 _LARGEST_CONSTANT = 64 * 1024
 
 
@@ -159,9 +158,12 @@ def compile_block(
 
     carried = tuple(captured)
     inputs = set(inputs)
-    draft = _code_of(_wrapped(name, tree, ("result",)), place.filename, name)
+    draft = _code_of(_wrapped(name, tree, {"result": None, **dict.fromkeys(sorted(inputs))}), place.filename, name)
     loaded = {n: line for n, line in _globals_of(draft).items() if not n.startswith("__")}
-    loaded |= {n: line for n, line in _read_before_bound(tree).items() if n not in loaded}
+    bound = _locals_of(draft)
+    loaded |= {n: line for n, line in _read_before_bound(tree).items() if n in bound and n not in loaded}
+    hidden = [n for n in loaded if n in bound and n in _BUILTINS and n not in inputs]
+    _raise([f"line {loaded[n]}: {n!r} is read before it is set, and hides a builtin; rename it" for n in hidden])
     at_hand = tuple(n for n in AT_HAND if n in loaded and n not in inputs)
     known = {c.name for c in carried}
     wanted = [n for n in loaded if n not in inputs and n not in at_hand and n not in known and n not in _BUILTINS]
@@ -379,6 +381,7 @@ class _Capture:
         self._found = {c.name: c for c in captured}
         self._look_up = look_up or {}
         self._under_way: set[str] = set()
+        self._meant: dict[str, Any] = {}
 
     @property
     def found(self) -> tuple[Captured, ...]:
@@ -387,6 +390,9 @@ class _Capture:
     def all(self, wanted: Mapping[str, int], known: Iterable[str]) -> Iterator[str]:
         """Capture every wanted name; yields a problem for each that cannot be."""
         for name, line in wanted.items():
+            value = self._look_up.get(name)
+            if name in self._look_up and self._meant.setdefault(name, value) is not value:
+                yield f"line {line}: {name!r} means two different things in what it carries along; rename one"
             if name in self._found or name in self._under_way or name.startswith("__"):
                 continue
             if name not in self._look_up:
@@ -407,7 +413,7 @@ class _Capture:
         source = _import_of(name, value) or _literal_of(name, value)
         if source is not None:
             self._found[name] = Captured(name, source)
-        elif isinstance(value, types.FunctionType):
+        elif isinstance(inspect.unwrap(value), types.FunctionType):
             yield from self._function(name, value, line)
         else:
             yield (
@@ -416,6 +422,7 @@ class _Capture:
             )
 
     def _function(self, name: str, function: types.FunctionType, line: int) -> Iterator[str]:
+        function = inspect.unwrap(function)
         try:
             source, place = _source_of(function)
             _, tree = _parse(name, source, place)
@@ -425,9 +432,10 @@ class _Capture:
         definition = tree.body[0]
         if isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef)):
             definition.decorator_list = [d for d in definition.decorator_list if not _is_ours(d)]
+            definition.name = name
         self._under_way.add(name)
         inner = _Capture((), {**function.__globals__, **_closure_of(function)})
-        inner._found, inner._under_way = self._found, self._under_way
+        inner._found, inner._under_way, inner._meant = self._found, self._under_way, self._meant
         needs = _globals_of(_code_of(tree, place.filename, name))
         yield from (f"{name}() {problem}" for problem in inner.all(needs, ()))
         self._found[name] = Captured(name, source, place)
@@ -471,12 +479,23 @@ def _as(original: str, name: str) -> str:
 def _literal_of(name: str, value: Any) -> str | None:
     """``name = literal`` for a plain constant or a small container of them, or None."""
     try:
-        text = repr(value) if _is_constant(value) else None
+        text = _spelled(value) if _is_constant(value) else None
         if text is None or len(text) > _LARGEST_CONSTANT or ast.literal_eval(text) != value:
             return None
     except (ValueError, SyntaxError, RecursionError):
         return None
     return f"{name} = {text}"
+
+
+def _spelled(value: Any) -> str:
+    """A constant as source; a set always in the same order, because the text is part of a workflow's hash."""
+    if type(value) is dict:
+        return "{" + ", ".join(f"{_spelled(k)}: {_spelled(v)}" for k, v in value.items()) + "}"
+    if type(value) is set:
+        return "{" + ", ".join(sorted(map(_spelled, value))) + "}"
+    if type(value) is list:
+        return "[" + ", ".join(map(_spelled, value)) + "]"
+    return repr(value)
 
 
 def _is_constant(value: Any) -> bool:
@@ -509,8 +528,13 @@ def _parse(name: str, source: str, place: Place | None) -> tuple[Place, ast.Modu
         line = (error.lineno or 1) - indented
         text = (error.text or "").strip()
         raise CompileError([f"line {line}: syntax error, {error.msg}" + (f": {text}" if text else "")]) from None
-    if indented and isinstance(tree.body[0], ast.If):
-        tree.body = tree.body[0].body
+    if indented:
+        block = tree.body[0]
+        assert isinstance(block, ast.If)
+        if len(tree.body) > 1 or block.orelse:
+            at = (block.orelse or tree.body[1:])[0].lineno - 1
+            raise CompileError([f"line {at}: it is indented less than the first line"])
+        tree.body = block.body
     ast.increment_lineno(tree, place.line - 1 - indented)
     return place, tree
 
@@ -563,7 +587,8 @@ def _argument(name: str, at: ast.AST) -> ast.arg:
 
 
 def _identifier(name: str) -> str:
-    return re.sub(r"\W", "_", name)
+    """What a block's function is called in tracebacks: nothing that a name in its code could mean."""
+    return f"node {name}"
 
 
 def _code_of(tree: ast.Module, filename: str, name: str) -> types.CodeType:
@@ -582,6 +607,8 @@ def _define(
 ) -> tuple[types.FunctionType, frozenset[str]]:
     """Make the function in a fresh module namespace that holds what it carries along."""
     namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
+    definition = tree.body[0]
+    assert isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef))
     files = {place.filename}
     for item in captured:
         try:
@@ -589,6 +616,7 @@ def _define(
             for statement in carried.body:
                 if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
                     statement.decorator_list = [d for d in statement.decorator_list if not _is_ours(d)]
+                    statement.name = item.name
             exec(_code_of(carried, where.filename, item.name), namespace)
         except Exception as error:
             raise CompileError(
@@ -597,19 +625,24 @@ def _define(
         statement = carried.body[0]
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
             files.add(where.filename)
-            namespace[item.name] = namespace[statement.name]
     try:
         exec(_code_of(tree, place.filename, name), namespace)
     except CompileError:
         raise
     except Exception as error:  # a default value that fails
         raise CompileError([f"defining it fails: {type(error).__name__}: {error}"]) from None
-    function = namespace[_identifier(name)]
+    function = namespace[definition.name]
     assert isinstance(function, types.FunctionType)
     return function, frozenset(files)
 
 
 # --------------------------------------------------------------------------------------------------- reading the code
+
+
+def _locals_of(module: types.CodeType) -> set[str]:
+    """The names that the block itself binds."""
+    code = next(c for c in module.co_consts if isinstance(c, types.CodeType))
+    return {*code.co_varnames, *code.co_cellvars}
 
 
 def _globals_of(code: types.CodeType) -> dict[str, int]:
@@ -647,7 +680,7 @@ class _Order(ast.NodeVisitor):
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
-            if node.id not in self.bound and node.id not in _BUILTINS and node.id not in AT_HAND:
+            if node.id not in self.bound:
                 self.read_first.setdefault(node.id, node.lineno)
         else:
             self.bound.add(node.id)
@@ -687,22 +720,47 @@ class _Order(ast.NodeVisitor):
 
     visit_MatchStar = visit_MatchAs
 
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
-        self._visit(*node.decorator_list)
+    def visit_MatchMapping(self, node: ast.MatchMapping) -> None:
+        self.generic_visit(node)
+        self.bound.update([node.rest] if node.rest else [])
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self._visit(*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults))
         self.bound.add(node.name)
 
     visit_AsyncFunctionDef = visit_FunctionDef
-    visit_ClassDef = visit_FunctionDef
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._visit(*node.decorator_list, *node.bases, *node.keywords)
+        self._within(*node.body)
+        self.bound.add(node.name)
 
     def visit_Lambda(self, node: ast.Lambda) -> None:
-        """A lambda's body reads when it is called."""
+        """A lambda's body reads when it is called; its defaults are read at once."""
+        self._visit(*node.args.defaults, *filter(None, node.args.kw_defaults))
 
-    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
-        self.visit(node.generators[0].iter)  # the rest has names of its own
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp) -> None:
+        self._comprehension(node, node.elt)
 
     visit_SetComp = visit_ListComp
     visit_GeneratorExp = visit_ListComp
-    visit_DictComp = visit_ListComp
+
+    def visit_DictComp(self, node: ast.DictComp) -> None:
+        self._comprehension(node, node.key, node.value)
+
+    def _comprehension(
+        self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp, *elements: ast.expr
+    ) -> None:
+        parts = [p for g in node.generators for p in (g.iter, g.target, *g.ifs)]
+        self._within(*parts, *elements)
+        walrus = [n.target for n in ast.walk(node) if isinstance(n, ast.NamedExpr)]
+        self._visit(*walrus)  # these are bound in the block itself
+
+    def _within(self, *nodes: ast.AST) -> None:
+        """Visit what has a scope of its own: what it binds is not bound outside."""
+        before = self.bound.copy()
+        self._visit(*nodes)
+        self.bound = before
 
     def _visit(self, *nodes: ast.AST) -> None:
         for node in nodes:

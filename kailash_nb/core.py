@@ -29,6 +29,7 @@ from .exceptions import (
     StoreError,
     WorkflowError,
     WorkflowNotFoundError,
+    did_you_mean,
 )
 from .executor import Plan, Work, execute
 from .references import NAME, ResourceReference
@@ -152,9 +153,9 @@ class Core:
         description = description if description is not None else workflow.description
         with self._lock:
             known = self._workflows.get(name)
-            if known and known.workflow.hash == workflow.hash and set(known.resources) == set(resources):
-                return known
-            number = known.number + 1 if known else 1
+            same = known and known.workflow.hash == workflow.hash and set(known.resources) == set(resources)
+            # The same version is registered anew all the same: its source may stand in another cell by now.
+            number = known.number + (not same) if known else 1
             registered = Registered(name, workflow, number, resources, description, Plan(workflow))
             self._workflows[name] = registered
             self._versions[workflow.hash] = workflow
@@ -177,6 +178,10 @@ class Core:
     ) -> dict[str, ResourceReference]:
         """What every resource name of the workflow means in this run, checked down to the secret it names."""
         found = {name: self.resources.resolve(value) for name, value in given.items()}
+        absent = [name for name in registered.resources if name not in given]
+        for name in given:
+            if name not in registered.resources and did_you_mean(name, absent):
+                raise ResourceNotFoundError(name, absent, remedy=f"; workflow {registered.name!r} does not use it")
         for name in registered.resources:
             if name not in found:
                 if name not in self.resources.names():
@@ -279,7 +284,8 @@ class Core:
         parameters = registered.workflow.check_parameters(request.parameters)
         references = self._references(registered, request.resources, principal)
         run_id = uuid.uuid4().hex
-        start = _start(registered, run_id, parameters, references, request.context, root=run_id)
+        given = tuple(request.resources)
+        start = _start(registered, run_id, parameters, references, context=request.context, root=run_id, given=given)
         return await self._run(registered, start, {}, observer)
 
     async def resume(self, run: Run, *, observer: Observer | None = None) -> Run:
@@ -295,11 +301,19 @@ class Core:
         registered = self.workflow(run.workflow)
         old = record.start
         parameters = registered.workflow.check_parameters(old.parameters)
-        references = self._references(
-            registered, {n: r for n, r in old.resources.items() if n in registered.resources}, OWNER
-        )
+        given = {name: old.resources[name] for name in old.given if name in registered.resources}
+        references = self._references(registered, given, OWNER)
         done = _unchanged(registered.workflow, self._versions.get(old.version), before)
-        start = _start(registered, uuid.uuid4().hex, parameters, references, old.context, root=old.root, resumes=run.id)
+        start = _start(
+            registered,
+            uuid.uuid4().hex,
+            parameters,
+            references,
+            context=old.context,
+            root=old.root,
+            given=tuple(given),
+            resumes=run.id,
+        )
         return await self._run(registered, start, done, observer)
 
     async def _run(
@@ -318,8 +332,8 @@ class Core:
             redact=self.secrets.redactor.redact,
             limit=self.max_concurrency,
         )
-        await record(Event(EventKind.RUN_STARTED, start.at, note=start.id))
         try:
+            await record(Event(EventKind.RUN_STARTED, start.at, note=start.id))
             failure = await execute(registered.plan, work)
         except StoreError:
             raise  # nothing more can be recorded under this lease
@@ -360,9 +374,10 @@ def _start(
     run_id: str,
     parameters: Mapping[str, Any],
     references: Mapping[str, ResourceReference],
-    context: Mapping[str, Any],
     *,
+    context: Mapping[str, Any],
     root: str,
+    given: tuple[str, ...],
     resumes: str | None = None,
 ) -> RunStart:
     workflow = registered.workflow
@@ -378,6 +393,7 @@ def _start(
         at=time.time(),
         root=root,
         resumes=resumes,
+        given=given,
     )
 
 

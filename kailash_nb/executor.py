@@ -148,7 +148,7 @@ class _Execution:
                 self.needs[dependent] -= 1
                 if not self.needs[dependent]:
                     following.append(dependent)
-            if not following or self.stopping:
+            if not following or self.stopping or self.failure is not None:
                 return
             i, *others = following
             self.chains[asyncio.current_task()] = i  # type: ignore[index]  # a chain is a task
@@ -171,16 +171,17 @@ class _Execution:
         chains = list(self.chains)
         for chain in chains:
             chain.cancel()
-        if chains:
-            await asyncio.wait(chains, timeout=CANCEL_GRACE)
+        again = await _ended(chains, CANCEL_GRACE)
         if self.broken is None:
-            for chain, current in self.chains.items():
+            for chain, current in list(self.chains.items()):
                 if not chain.done():
                     note = f"it ignored its cancellation for {CANCEL_GRACE:g} s and was abandoned"
                     await self._record(EventKind.NODE_CANCELLED, current, note=note)
             for i in range(len(self.plan.nodes)):
                 if i not in self.begun:
                     await self._record(EventKind.NODE_SKIPPED, i)
+        if again is not None:
+            raise again
 
     # ------------------------------------------------------------------------------------------------------- one node
 
@@ -188,7 +189,11 @@ class _Execution:
         """Run one node with its policies; whether the run may go on with what depends on it."""
         self.begun.add(i)
         run = _NodeRun(self, i)
-        await self._record(EventKind.NODE_STARTED, i)
+        try:
+            await self._record(EventKind.NODE_STARTED, i)
+        except asyncio.CancelledError:
+            await self._record(EventKind.NODE_CANCELLED, i)
+            raise
         try:
             value = await self.plan.calls[i](run)
         except asyncio.CancelledError as error:
@@ -196,7 +201,9 @@ class _Execution:
                 await self._record(EventKind.NODE_CANCELLED, i, waited=run.waited, attempt=run.attempt, note=run.note)
                 raise
             return await self._failed(run, error)  # something inside the node was cancelled, not the node
-        except (Exception, SystemExit) as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # SystemExit and KeyboardInterrupt must end the run, not the process
             return await self._failed(run, error)
         self.values[i] = value
         kind = EventKind.NODE_COMPLETED if run.fallback is None else EventKind.NODE_FALLBACK
@@ -215,8 +222,8 @@ class _Execution:
         )
         return False
 
-    async def _record(self, kind: EventKind, i: int, **facts: Any) -> None:
-        await self.work.record(Event(kind, time.time(), self.plan.nodes[i].name, **facts))
+    def _record(self, kind: EventKind, i: int, **facts: Any) -> Awaitable[None]:
+        return self.work.record(Event(kind, time.time(), self.plan.nodes[i].code.name, **facts))
 
     def describe(self, run: _NodeRun, error: BaseException) -> RunError:
         """The failure as a value: the author's line, and the message without secrets."""
@@ -227,8 +234,19 @@ class _Execution:
             if frame in code.files:  # the innermost line that the author wrote
                 where, line = self.work.place(frame) or _file_name(frame), number
                 source = linecache.getline(frame, number).strip() or None
-        message = self.work.redact(" ".join(str(error).split()) if "\n" in str(error) else str(error))
+        message = self.work.redact(_message(error))
         return RunError(code.name, type(error).__name__, message, where, line, source, error, run.inputs)
+
+
+async def _ended(tasks: Iterable[asyncio.Task[None]], seconds: float) -> asyncio.CancelledError | None:
+    """Wait until tasks have ended, so many seconds at most; returns the cancellation that came meanwhile, if any."""
+    again, until = None, time.monotonic() + seconds
+    while (left := [t for t in tasks if not t.done()]) and time.monotonic() < until:
+        try:
+            await asyncio.wait(left, timeout=until - time.monotonic())
+        except asyncio.CancelledError as error:
+            again = error
+    return again
 
 
 class _NodeRun:
@@ -404,7 +422,7 @@ def _with_fallback(policy: ErrorHandler, call: _Call) -> _Call:
             return await call(run)
         except Exception as error:
             run.fallback = run.execution.describe(run, error)
-            return policy.fallback_value
+            return policy.value()
 
     return guarded
 
@@ -425,6 +443,7 @@ class _Resources:
         self._stack = AsyncExitStack()
         self._live: dict[str, Any] = {}
         self._opening = asyncio.Lock()
+        self._ended = False
 
     async def __aenter__(self) -> Self:
         await self._stack.__aenter__()
@@ -433,7 +452,9 @@ class _Resources:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return await self._stack.__aexit__(kind, error, traceback)
+        self._ended = True
+        async with self._opening:  # what a task of the node is opening right now goes back, too
+            return await self._stack.__aexit__(kind, error, traceback)
 
     async def get(self, name: str) -> Any:
         """The live resource of this name, for as long as the node runs: the author's ``get_resource(name)``."""
@@ -446,6 +467,8 @@ class _Resources:
                 f"(declared: {listed(allowed)}); name it in required_resources"
             )
         async with self._opening:
+            if self._ended:
+                raise ResourceError(f"node {self._run.node.name!r} has ended; a task it left behind gets no resource")
             if name not in self._live:
                 self._live[name] = await self._stack.enter_async_context(self._lease(name, self._run.add_wait))
         return self._live[name]
@@ -472,6 +495,14 @@ def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None
     while inner is not None and inner.tb_frame.f_code.co_filename in (__file__, functools.__file__):
         inner = inner.tb_next
     return inner if inner is not None else traceback
+
+
+def _message(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception as failure:
+        return f"(its message cannot be shown: {type(failure).__name__})"
+    return " ".join(text.split()) if "\n" in text else text
 
 
 def _frames(traceback: TracebackType | None) -> list[tuple[str, int]]:

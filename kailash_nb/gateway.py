@@ -136,10 +136,17 @@ class Gateway:
         error_handler: ErrorHandler | None = None,
         required_resources: Sequence[str] = (),
         description: str | None = None,
-        **connections: str,
+        **connections: Any,
     ) -> F:
         if not inspect.isfunction(function):
             raise WorkflowError(f"@gateway.node goes on a function, not on {function!r:.80}")
+        for parameter, source in connections.items():
+            if not isinstance(source, str):
+                near = did_you_mean(parameter, inspect.signature(self._define).parameters)
+                raise WorkflowError(
+                    f"@gateway.node({parameter}={source!r:.40}) is no option{near}, and as a connection it names where "
+                    "the parameter comes from: a text, 'node' or 'node.output'"
+                )
         node_name = name or function.__name__
         draft = NodeDraft.function(
             node_name,
@@ -306,12 +313,23 @@ class Gateway:
             from . import server
         except ImportError as error:
             raise ServiceError(f'the server needs {error.name}: pip install "kailash-nb[server]"') from None
-        if self.server is not None and self.server.running:
-            if port in (0, self.server.port) and host == self.server.host:
-                return self.server
-            self.server.stop()
+        before = self.server if self.server is not None and self.server.running else None
+        if before is not None and port in (0, before.port) and host == before.host:
+            return before
         self.server = server.serve(self.core, title=self.title, host=host, port=port)
+        if before is not None:
+            before.stop()
+        handles.say(self._invitation(self.server))
         return self.server
+
+    def _invitation(self, server: Server) -> str:
+        """The server's address, and a line for a terminal that calls the workflow registered last."""
+        names = list(self.core.workflows)
+        if not names:
+            return f"serving at {server.url}; there is no workflow yet"
+        name = names[-1]
+        required = [p.name for p in self.core.workflow(name).workflow.parameters.values() if p.required]
+        return f"serving at {server.url}; in a terminal:\n{server.curl(name, dict.fromkeys(required, '...'))}"
 
     def stop(self) -> None:
         """Stop the server, if one runs: requests under way get a few seconds, its pools close, its port is free."""

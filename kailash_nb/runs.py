@@ -7,7 +7,7 @@ view of that record. :class:`Run` is that view as a value, made by :meth:`Run.of
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -273,7 +273,8 @@ class RunStart:
     """The first fact of a run's record: what was asked for.
 
     ``layout`` names the nodes in the order of the workflow, ``last`` the ones whose outputs are the run's data.
-    ``root`` is the first run of a chain of resumes; idempotency keys derive from it.
+    ``root`` is the first run of a chain of resumes; idempotency keys derive from it. ``given`` are the resources that
+    the request itself brought; the others are those that were registered.
     """
 
     id: str
@@ -287,6 +288,7 @@ class RunStart:
     at: float
     root: str
     resumes: str | None = None
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -323,11 +325,11 @@ class Run:
     def of(cls, record: RunRecord, gateway: RunGateway | None = None) -> Run:
         """The view of a record; ``gateway`` is what :meth:`debug` and :meth:`resume` go through."""
         start = record.start
-        nodes = {name: NodeResult(name, NodeStatus.WAITING) for name in start.layout}
+        told: dict[str, list[Event]] = {name: [] for name in start.layout}
         status, error, finished = RunStatus.RUNNING, None, None
         for event in record.events:
             if event.node is not None:
-                nodes[event.node] = _advance(nodes[event.node], event)
+                told[event.node].append(event)
             elif event.kind is EventKind.RUN_FINISHED:
                 status, error, finished = event.status or status, event.error, event.at
         return cls(
@@ -336,7 +338,7 @@ class Run:
             version=start.version,
             status=status,
             parameters=MappingProxyType(dict(start.parameters)),
-            nodes=MappingProxyType(nodes),
+            nodes=MappingProxyType({name: _node_result(name, events) for name, events in told.items()}),
             last=start.last,
             error=error,
             started_at=_time(start.at),
@@ -551,18 +553,20 @@ _STATUS_OF = {
 _UNDER_WAY = frozenset({EventKind.NODE_STARTED, EventKind.NODE_RETRY})
 
 
-def _advance(node: NodeResult, event: Event) -> NodeResult:
-    """The node's result after one more event."""
-    under_way = event.kind in _UNDER_WAY
-    ran = node.started is not None or under_way
+def _node_result(node: str, events: Sequence[Event]) -> NodeResult:
+    """What became of a node, from its own events in order."""
+    if not events:
+        return NodeResult(node, NodeStatus.WAITING)
+    last = events[-1]
+    under_way = [e for e in events if e.kind in _UNDER_WAY]
     return NodeResult(
-        node=node.node,
-        status=_STATUS_OF[event.kind],
-        value=event.value,
-        error=event.error,
-        started=event.at if node.started is None and under_way else node.started,
-        ended=event.at if ran and not under_way else None,
-        waited=event.waited,
-        attempts=max(node.attempts, event.attempt) if ran else 0,
-        notes=(*node.notes, event.note) if event.note else node.notes,
+        node=node,
+        status=_STATUS_OF[last.kind],
+        value=last.value,
+        error=last.error,
+        started=under_way[0].at if under_way else None,
+        ended=last.at if under_way and last.kind not in _UNDER_WAY else None,
+        waited=last.waited,
+        attempts=max(e.attempt for e in events) if under_way else 0,
+        notes=tuple(e.note for e in events if e.note),
     )

@@ -46,7 +46,10 @@ def to_json(value: Any) -> Any:
 
     Raises UnsupportedValueError naming the path of the first value that has none.
     """
-    return _json(value, "value")
+    try:
+        return _json(value, "value")
+    except RecursionError:
+        raise UnsupportedValueError("the value holds itself, or is nested too deeply for JSON") from None
 
 
 def _json(value: Any, path: str) -> Any:
@@ -81,7 +84,10 @@ def _json_rare(value: Any, path: str) -> Any:
     if isinstance(value, (str, int)):  # a subclass, such as a StrEnum's or an IntFlag's base
         return str(value) if isinstance(value, str) else int(value)
     if hasattr(value, "tolist") and type(value).__module__.startswith("numpy"):
-        return _json(value.tolist(), path)
+        kind = getattr(getattr(value, "dtype", None), "kind", "")
+        # In nanoseconds numpy would give plain integers.
+        exact = value.astype(f"{'datetime64' if kind == 'M' else 'timedelta64'}[us]") if kind in ("M", "m") else value
+        return _json(exact.tolist(), path)
     if hasattr(value, "keys") and hasattr(value, "values") and hasattr(value, "items"):  # asyncpg.Record
         return {str(k): _json(v, f"{path}[{k!r}]") for k, v in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -165,6 +171,8 @@ def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     if any(name is not None for name in frame.index.names):
         frame = frame.reset_index()
     names = [str(name) for name in frame.columns]
+    if len(set(names)) < len(names):
+        raise UnsupportedValueError(f"two columns have one name, of which a row would lose one: {listed(names)}")
     return [dict(zip(names, row, strict=True)) for row in _plain_rows(frame)]
 
 
@@ -249,9 +257,14 @@ def _counted(count: int, noun: str) -> str:
 
 def size_of(value: Any, depth: int = 4) -> int:
     """About how many bytes a value holds; samples what is long and looks ``depth`` levels deep: microseconds."""
-    if hasattr(value, "memory_usage") and hasattr(value, "columns"):
+    kind = type(value)
+    if kind in _PLAIN or kind is float:
+        return sys.getsizeof(value)
+    if kind is dict or kind is list:
+        pass
+    elif hasattr(value, "memory_usage") and hasattr(value, "columns"):
         return int(value.memory_usage(index=True).sum())
-    if hasattr(value, "nbytes"):
+    elif hasattr(value, "nbytes"):
         return int(value.nbytes)
     items = value.values() if isinstance(value, Mapping) else value
     if not depth or not isinstance(value, (Mapping, list, tuple)) or not value:

@@ -8,6 +8,7 @@ and then and is part of the workflow's version: resources or nodes that appear l
 from __future__ import annotations
 
 import contextlib
+import copy
 import graphlib
 import hashlib
 import heapq
@@ -75,7 +76,10 @@ class RetryPolicy:
 
     def delay(self, attempt: int) -> float:
         """Seconds to wait after the attempt of this number (from 1) has failed."""
-        return float(min(self.max_delay, self.initial_delay * self.backoff_factor ** (attempt - 1)))
+        try:
+            return float(min(self.max_delay, self.initial_delay * self.backoff_factor ** (attempt - 1)))
+        except OverflowError:
+            return float(self.max_delay)
 
     def retries(self, error: BaseException) -> bool:
         """Whether this error is one to try again after."""
@@ -104,9 +108,13 @@ class ErrorHandler:
             near = did_you_mean(str(self.handler_type), ["fallback"])
             raise WorkflowError(f"no handler type {self.handler_type!r}{near}; ErrorHandler knows 'fallback'")
         try:
-            json.dumps(self.fallback_value)
+            object.__setattr__(self, "fallback_value", json.loads(json.dumps(self.fallback_value, allow_nan=False)))
         except (TypeError, ValueError) as error:
             raise WorkflowError(f"fallback_value is a JSON value: {error}") from None
+
+    def value(self) -> Any:
+        """The fallback's value, a copy of the caller's own."""
+        return copy.deepcopy(self.fallback_value)
 
 
 Policy = Timeout | RetryPolicy | ErrorHandler
@@ -183,7 +191,7 @@ class Node:
     @cached_property
     def hash(self) -> str:
         """What its result depends on beside its inputs: code, wiring and policies, as a hex digest."""
-        return _digest(self.to_dict())
+        return _digest({**self.to_dict(), "description": None})
 
     def __str__(self) -> str:
         """The node as one line of wiring: ``transform(users <- extract.users, limit = 100, shop_db: resource)``."""
@@ -501,8 +509,8 @@ def upstream_of(last: Iterable[str], drafts: Mapping[str, NodeDraft]) -> list[No
 
 
 def _name_problems(name: str, taken: Iterable[str]) -> Iterator[str]:
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        yield f"a node's name is letters, digits, '_', '.' or '-', 64 at most, not {name!r:.80}"
+    if not isinstance(name, str) or not NAME.fullmatch(name) or "." in name:
+        yield f"a node's name is letters, digits, '_' or '-', 64 at most, not {name!r:.80}"
     elif name in taken:
         yield f"there are two nodes called {name!r}"
 

@@ -228,6 +228,64 @@ def test_a_closure_is_carried_along_by_value():
     assert run(compile_function(scaled), amount=2) == 10
 
 
+def test_names_that_mean_two_things_are_refused():
+    def make(n):
+        def add(x):
+            return x + n
+
+        add.__module__ = "__main__"
+        return add
+
+    add1, add2 = make(1), make(2)
+
+    def both():
+        return [add1(10), add2(10)]
+
+    assert "'n' means two different things" in problems_of(lambda: compile_function(both))
+
+
+def test_a_set_is_spelled_in_one_order_everywhere():
+    keys = {"d", "a", "c", "b"}
+
+    def uses():
+        return sorted(keys)
+
+    assert compile_function(uses).captured[0].source == "keys = {'a', 'b', 'c', 'd'}"
+
+
+def test_a_block_may_be_called_like_what_it_uses():
+    assert run(compile_block("json", "result = {'v': json.dumps([1])}"))["v"] == "[1]"
+
+
+@pytest.mark.parametrize(
+    ("source", "inputs", "given", "value"),
+    [
+        (
+            "data = {k: data[k] for k in 'ab'}\nresult = data",
+            ["data"],
+            {"data": {"a": 1, "b": 2, "c": 3}},
+            {"a": 1, "b": 2},
+        ),
+        ("ok = any((hit := r) > 1 for r in rows)\nresult = {'hit': hit}", ["rows"], {"rows": [1, 2]}, {"hit": 2}),
+        (
+            "match case:\n    case {'a': x, **rest}:\n        result = {'rest': rest}",
+            ["case"],
+            {"case": {"a": 1, "b": 2}},
+            {"rest": {"b": 2}},
+        ),
+        ("f = lambda y=limit: y\nlimit = 0\nresult = {'v': f()}", ["limit"], {"limit": 4}, {"v": 4}),
+    ],
+)
+def test_a_block_reads_and_binds_names_in_pythons_order(source, inputs, given, value):
+    node = compile_block("n", source)
+    assert names(node) == inputs
+    assert run(node, **given) == value
+
+
+def test_text_after_a_dedent_is_never_dropped():
+    assert "indented less" in problems_of(lambda: compile_block("n", "  result = {'a': 1}\nresult = {'a': 2}"))
+
+
 def test_our_decorator_is_left_out_and_others_are_refused():
     source = "@gateway.node(users='extract.users')\nasync def f(users):\n    return users\n"
     assert from_dict("f", {"kind": "function", "source": source}).outputs is None

@@ -262,6 +262,26 @@ async def test_a_mended_run_resumes_from_where_it_stopped(core):
     assert (await core.run(failed.id)).status is RunStatus.FAILED
 
 
+async def test_a_resume_uses_the_resource_as_it_is_registered_now(core, database):
+    config, login = database
+    await core.secrets.store_secret("login", login)
+    core.register_resource("db", ResourceReference("database", {**config, "port": 1}, "login"))
+    failed = await ask(core)
+    assert failed.error.type == "ResourceUnavailableError"
+    core.register_resource("db", ResourceReference("database", config, "login"))
+    assert (await core.resume(failed))["ask"] == {"v": 42}
+
+
+async def test_a_misspelled_resource_of_a_request_is_not_ignored(core, database):
+    config, login = database
+    await core.secrets.store_secret("login", login)
+    core.register_resource("db", ResourceReference("database", config, "login"))
+    other = ResourceReference("database", {**config, "database": "template1"}, "login")
+    with pytest.raises(ResourceNotFoundError, match="did you mean 'db'"):
+        await ask(core, resources={"dbb": other})
+    assert (await ask(core, resources={"external_api": other})).success
+
+
 async def test_what_depends_on_a_changed_node_runs_again(core):
     calls = []
     core.register("w", workflow(FIRST, BROKEN, connections=WIRED))

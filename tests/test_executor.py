@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from kailash_nb import executor
-from kailash_nb.exceptions import FencedError
+from kailash_nb.exceptions import FencedError, ResourceError
 from kailash_nb.executor import Plan, Work, execute
 from kailash_nb.runs import Event, EventKind, NodeStatus, Run, RunRecord, RunStart
 from kailash_nb.workflow import ErrorHandler, NodeDraft, RetryPolicy, Workflow, assemble, policies
@@ -231,6 +231,42 @@ async def test_a_fallback_stands_in_and_the_run_says_so(recorder):
     assert run["use"] == {"v": 2}
     assert run.nodes["rates"].status is NodeStatus.FALLBACK
     assert run.nodes["rates"].error.message == "down"
+
+
+async def test_every_run_gets_a_fallback_of_its_own(recorder):
+    workflow = graph(
+        block("rates", "raise OSError('down')\nresult = {}", error_handler=ErrorHandler("fallback", {"rows": []})),
+        block("use", "rows.append(1)\nresult = {'n': len(rows)}", {"rows": "rates.rows"}),
+    )
+    before = workflow.hash
+    assert [(await recorder.run(workflow))["use"] for _ in range(2)][-1] == {"n": 1}
+    assert workflow.by_name["rates"].policies[0] == ErrorHandler("fallback", {"rows": []})
+    assert workflow.hash == before
+
+
+async def test_a_second_cancellation_still_awaits_the_nodes(recorder):
+    source = (
+        "try:\n    await asyncio.sleep(30)\nfinally:\n    await asyncio.sleep(0.1)\n    cleaned.append(1)\nresult = {}"
+    )
+    cleaned = []
+    task = asyncio.create_task(recorder.run(graph(block("n", source)), cleaned=cleaned))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaned == [1]
+    assert recorder.kinds("n")[-1] == "node.cancelled"
+
+
+async def test_a_task_that_outlives_its_node_gets_no_resource(recorder):
+    source = "async def late():\n    await asyncio.sleep(0.05)\n    await get_resource('db')\ntasks.append(asyncio.create_task(late()))\nresult = {}"
+    tasks = []
+    await recorder.run(graph(block("n", source)), tasks=tasks)
+    with pytest.raises(ResourceError, match="has ended"):
+        await tasks[0]
+    assert recorder.resources.open == 0
 
 
 async def test_the_timeout_counts_per_attempt(recorder):

@@ -11,7 +11,7 @@ import inspect
 import re
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from typing import Any, TypeVar
 
 from IPython.core.error import UsageError
@@ -69,18 +69,47 @@ def literal(text: str) -> Any:
         return text
 
 
-def awaited(notebook: Notebook, work: Awaitable[Any]) -> Any:
-    """What a magic returns that was called from code: a task where a loop runs, else the result itself."""
-
-    async def stoppable() -> Any:
-        with notebook.stoppable():
-            return await work
-
+def awaited(notebook: Notebook, work: Coroutine[Any, Any, Any]) -> Any:
+    """What a magic returns that was called from code: an awaitable where a loop runs, else the result itself."""
+    pending = NotYetAwaited(notebook, work)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return notebook.shell.loop_runner(stoppable())
-    return asyncio.ensure_future(stoppable())
+        return notebook.shell.loop_runner(pending.stoppable())
+    return pending
+
+
+class NotYetAwaited(Awaitable[Any]):
+    """What a magic called from code returns, to be awaited; where nobody does, it says so instead of doing nothing.
+
+    A magic is awaited by itself where it stands on a line of its own, in a cell after the one with ``%load_ext``.
+    """
+
+    def __init__(self, notebook: Notebook, work: Coroutine[Any, Any, Any]) -> None:
+        self._notebook = notebook
+        self._work: Coroutine[Any, Any, Any] | None = work
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self.stoppable().__await__()
+
+    async def stoppable(self) -> Any:
+        """Do it, so that the stop button ends it at once."""
+        work, self._work = self._work, None
+        if work is None:
+            raise RuntimeError("this magic has been awaited already")
+        with self._notebook.stoppable():
+            return await work
+
+    def __repr__(self) -> str:
+        return (
+            "nothing was done: a magic that waits for a server stands on a line of its own, not in a loop or a "
+            "function, in a cell after the one with %load_ext; run it again there"
+        )
+
+    def __del__(self) -> None:
+        if self._work is not None:
+            self._work.close()
+            self._notebook.say(repr(self))
 
 
 class CellMagics:
@@ -204,7 +233,9 @@ class CellMagics:
             draft = _draft(name, function, **kept)
         else:
             place = Place(cell.filename, cell.first)
-            draft = NodeDraft.block(name, cell.body, place=place, namespace=self.shell.user_ns, **kept)
+            # A name that is a node is its value, not the function that a cell may have defined it by.
+            space = {n: value for n, value in self.shell.user_ns.items() if n not in gateway.nodes}
+            draft = NodeDraft.block(name, cell.body, place=place, namespace=space, **kept)
         self.notebook.say(add(gateway, connected(draft, changes)))
 
 

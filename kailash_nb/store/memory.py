@@ -27,6 +27,7 @@ class MemoryStore:
         self.max_runs = max_runs
         self.max_bytes = max_bytes
         self._runs: OrderedDict[str, _Entry] = OrderedDict()
+        self._finished: OrderedDict[str, None] = OrderedDict()  # in the order they ended, the oldest first
         self._bytes = 0
         # Held for microseconds and never across an await, so it may be shared by event loops.
         self._lock = threading.Lock()
@@ -55,6 +56,7 @@ class MemoryStore:
             entry.events.append(event)
             if event.kind is EventKind.RUN_FINISHED and event.status is not None:
                 entry.status = event.status
+                self._finished[lease.run_id] = None
                 self._trim()
 
     async def claim(self, run_id: str, owner: str) -> RunLease:
@@ -94,13 +96,9 @@ class MemoryStore:
             raise RunNotFoundError(run_id) from None
 
     def _trim(self) -> None:
-        finished = [r for r, e in self._runs.items() if e.status is not RunStatus.RUNNING]
-        surplus = len(finished) - self.max_runs
-        for run_id in finished[:-1]:
-            if surplus <= 0 and self._bytes <= self.max_bytes:
-                return
+        while len(self._finished) > 1 and (len(self._finished) > self.max_runs or self._bytes > self.max_bytes):
+            run_id, _ = self._finished.popitem(last=False)
             self._bytes -= self._runs.pop(run_id).bytes
-            surplus -= 1
 
     def __repr__(self) -> str:
         return f"<MemoryStore {len(self._runs)} runs, {self._bytes / 2**20:.1f} MB>"

@@ -147,7 +147,7 @@ def test_a_magic_called_from_code_gives_a_task(notebook: Kernel) -> None:
         "print(type(task).__name__, await task)"
     )
 
-    assert cell.text.startswith("Task coded v1")
+    assert cell.text.startswith("NotYetAwaited coded v1")
 
 
 def test_the_body_may_await_like_any_cell(notebook: Kernel) -> None:
@@ -218,3 +218,19 @@ def test_a_node_with_problems_is_refused_and_the_old_one_stays(etl: Kernel) -> N
 
 def test_a_node_that_no_workflow_uses_says_how_to_make_one(notebook: Kernel) -> None:
     assert "gateway.workflow('NAME', 'alone')" in notebook.ok("%%node alone\nresult = {'x': 1}").text
+
+
+def test_a_line_magic_that_nobody_awaits_says_so_and_does_nothing(notebook: Kernel) -> None:
+    cell = notebook.run(
+        "for name in 'ab':\n    get_ipython().run_line_magic('resource', name + ' cache host=localhost')"
+    )
+
+    assert cell.text.count("nothing was done") == 2
+    assert notebook.ok("'a' in gateway.resource_registry.names()").value["text/plain"] == "False"
+
+
+def test_a_keyboard_interrupt_raised_by_a_node_leaves_the_kernel_alive(notebook: Kernel) -> None:
+    notebook.ok("%%workflow rude\nasync def raises(): raise KeyboardInterrupt('mine')")
+
+    assert "raises failed" in notebook.run("await rude()").error
+    assert notebook.ok("1 + 1").value["text/plain"] == "2"

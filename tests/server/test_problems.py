@@ -33,6 +33,7 @@ STATUS = {
     "ServiceError": 503,
     "KailashError": 500,
     "NodeError": 500,
+    "NodeNotFoundError": 500,
     "NodeTimeoutError": 500,
     "UnsupportedValueError": 500,
 }

@@ -110,6 +110,15 @@ async def test_memory_keeps_the_newest_runs_and_every_unfinished_one():
     assert [r.start.id for r in await store.list()] == ["r9", "r8", "r7", "under-way"]
 
 
+async def test_memory_forgets_in_the_order_of_ending():
+    store = MemoryStore(max_runs=2)
+    long = await store.start(start("long"), "me")
+    for i in range(5):
+        await store.append(await store.start(start(f"r{i}"), "me"), finished())
+    await store.append(long, finished())
+    assert (await store.load("long")).start.id == "long"
+
+
 async def test_memory_lets_go_of_big_values_first_come_first_gone():
     store = MemoryStore(max_bytes=2_000_000)
     for i in range(5):
